@@ -150,7 +150,7 @@ def main(args):
             raise UserError("SOLVER.MAX_EPOCHS must be the number of training epochs, got 0")
     engine.default_setup(cfg, args)
     model = modeling.build_model(cfg)
-    logger.info(f"model:\n{model}")
+    logger.debug(f"model:\n{model}")
     if args.eval_only:
         checkpoint.load_for_evaluation(cfg, model, resume=args.resume)
         results = do_test(cfg, model)

@@ -223,7 +223,7 @@ def main(args):
     """Train or evaluate on one rank."""
     cfg = setup(args)
     model = build_model(cfg)
-    logger.info(f"model:\n{model}")
+    logger.debug(f"model:\n{model}")
     if args.eval_only:
         load_for_evaluation(cfg, model, resume=args.resume)
         results = do_test(cfg, model)

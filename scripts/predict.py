@@ -12,7 +12,8 @@ KEY VALUE pairs override the config.
 
 DIR gets an annotated copy of each image, in the same subfolders, and predictions.json: COCO's images,
 categories and annotations with `score`. It has all detections of the model (MODEL.*.SCORE_THRESH_TEST), not
-only those above --score-threshold, and can be loaded as a dataset with FORMAT coco.
+only those above --score-threshold, and can be loaded as a dataset with FORMAT coco. The files of an earlier
+run in DIR are moved to DIR/old-1, old-2 and so on.
 
 Unreadable images are skipped with a message; the exit code is then 1.
 """
@@ -34,7 +35,9 @@ if __name__ == "__main__":
     args = parser.parse_intermixed_args()
 
 import glob
+import itertools
 import os
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -50,13 +53,14 @@ from plaintrain.engine import launch, load_cfg
 from plaintrain.predict import Predictor
 from plaintrain.structures import BoxMode, encode_masks
 from plaintrain.utils.errors import UserError
-from plaintrain.utils.files import writing
+from plaintrain.utils.files import is_below, read_valid, writing
 from plaintrain.utils.logger import build_progress_bar, setup_logger
 from plaintrain.visualization.drawing import draw_instances, filter_instances, scale_longer_side
 from plaintrain.visualization.images import IMAGE_FORMATS, save_image
 
 # Smaller images are enlarged to this longer side in pixels, so that captions are legible.
 _MIN_SIDE = 320
+_PREDICTIONS = "predictions.json"
 
 
 def find_images(inputs: Sequence[str]) -> list[str]:
@@ -116,10 +120,28 @@ def to_record(path: str, image: Tensor, detections: dict[str, Tensor], image_id:
     return {**record, "annotations": annotations}
 
 
-def get_output_names(paths: Sequence[str]) -> list[str]:
-    """Return the name of each drawn image: that of the image, relative to their common folder."""
-    names = get_relative_names(paths)[1]
+def get_drawn_names(names: Sequence[str]) -> list[str]:
+    """Return the file name of each drawn image."""
     return [name if os.path.splitext(name)[1].lower() in IMAGE_FORMATS else name + ".jpg" for name in names]
+
+
+def move_old_predictions(folder: str, inputs: Sequence[str]) -> None:
+    """Move the files of an earlier run, which its predictions.json lists, to the next free `old-N`."""
+    example = {"images": [{"file_name": ""}]}
+    content = read_valid(os.path.join(folder, _PREDICTIONS), example)
+    images = [image["file_name"] for image in content.get("images", ()) if "file_name" in image]
+    names = [name for name in [_PREDICTIONS, *get_drawn_names(images)] if is_below(folder, name)]
+    old = [name for name in names if os.path.isfile(os.path.join(folder, name))]
+    if set(inputs) & {os.path.abspath(os.path.join(folder, name)) for name in old}:
+        raise UserError(f"--output {folder} holds an earlier run's files, among them IMAGEs; choose another")
+    if not old:
+        return
+    targets = (os.path.join(folder, f"old-{i}") for i in itertools.count(1))
+    target = next(path for path in targets if not os.path.lexists(path))
+    for name in old:
+        os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
+        shutil.move(os.path.join(folder, name), os.path.join(target, name))
+    print(f"{folder} contained earlier predictions; moved them to {target}")
 
 
 def setup(args: Namespace) -> tuple[Predictor, list[str]]:
@@ -135,37 +157,44 @@ def setup(args: Namespace) -> tuple[Predictor, list[str]]:
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
     paths = find_images(inputs)
-    outputs = {os.path.realpath(os.path.join(args.output, name)) for name in get_output_names(paths)}
+    drawn = get_drawn_names(get_relative_names(paths)[1])
+    outputs = {os.path.realpath(os.path.join(args.output, name)) for name in drawn}
     overwritten = [path for path in paths if os.path.realpath(path) in outputs]
     if overwritten and not args.no_images:
         raise UserError(f"--output {args.output} would overwrite {overwritten[0]}; choose another folder")
     with writing(args.output):
         os.makedirs(args.output, exist_ok=True)
     setup_logger()
-    return Predictor(run or load_cfg(args), opts=overrides), paths
+    predictor = Predictor(run or load_cfg(args), opts=overrides)
+    with writing(args.output):
+        move_old_predictions(args.output, paths)
+    return predictor, paths
 
 
 def main(args: Namespace, predictor: Predictor, paths: Sequence[str]) -> int:
     """Predict, write and return the exit code."""
-    names = dict(zip(paths, get_output_names(paths), strict=True))
+    folder, names = get_relative_names(paths)
+    name_of = dict(zip(paths, names, strict=True))
     records: list[dict[str, Any]] = []
     problems: list[str] = []
     num_drawn = 0
-    for batch in read_batches(paths, args.batch_size, predictor.pixel_range, problems):
-        outputs = predictor.batch([image for _, image in batch])
-        for (path, image), detections in zip(batch, outputs, strict=True):
-            records.append(to_record(path, image, detections, len(records) + 1))
-            shown = filter_instances(detections, detections["scores"] >= args.score_threshold)
-            num_drawn += len(shown["boxes"])
-            if not args.no_images:
-                if max(image.shape) < _MIN_SIDE:
-                    image, shown = scale_longer_side(image, shown, _MIN_SIDE)
-                drawn = draw_instances(image, shown, predictor.class_names, predictor.skeleton)
-                save_image(os.path.join(args.output, names[path]), drawn)
-    metadata = {"thing_classes": predictor.class_names}
-    target = os.path.join(args.output, "predictions.json")
-    folder, relative = get_relative_names(record["file_name"] for record in records)
-    write_coco(target, records, metadata, relative)
+    target = os.path.join(args.output, _PREDICTIONS)
+    try:
+        for batch in read_batches(paths, args.batch_size, predictor.pixel_range, problems):
+            outputs = predictor.batch([image for _, image in batch])
+            for (path, image), detections in zip(batch, outputs, strict=True):
+                records.append(to_record(path, image, detections, len(records) + 1))
+                shown = filter_instances(detections, detections["scores"] >= args.score_threshold)
+                num_drawn += len(shown["boxes"])
+                if not args.no_images:
+                    if max(image.shape) < _MIN_SIDE:
+                        image, shown = scale_longer_side(image, shown, _MIN_SIDE)
+                    drawn = draw_instances(image, shown, predictor.class_names, predictor.skeleton)
+                    save_image(os.path.join(args.output, *get_drawn_names([name_of[path]])), drawn)
+    finally:
+        # Also after Ctrl-C, so that it lists the images that are drawn.
+        metadata = {"thing_classes": predictor.class_names}
+        write_coco(target, records, metadata, [name_of[record["file_name"]] for record in records])
     print(f"{num_drawn} detections at score threshold {args.score_threshold:g} in {len(records)} images")
     print(f"wrote {target} (FORMAT coco, IMAGE_ROOT {folder})")
     if not args.no_images:

@@ -56,7 +56,7 @@ def score_predictions(cfg: CfgNode, path: str) -> dict[str, Any]:
 
 def check_arguments(cfg: CfgNode, args: Namespace) -> None:
     """Reject command lines without exactly one source of predictions."""
-    if args.overfit or args.dry_run:
+    if args.overfit is not None or args.dry_run:
         raise UserError("--overfit and --dry-run are only for training")
     names = ", ".join(cfg.DATASETS.TEST)
     if not names:

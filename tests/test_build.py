@@ -168,7 +168,7 @@ BAD_SETTINGS = [
     (TINY, "MODEL.ANCHOR_GENERATOR.SIZES", [[]], "SIZES must be one list"),
     ((*TINY, *PROPOSALS), "MODEL.RPN.CONV_DIMS", [64], "CONV_DIMS must hold -1 or 32 .*64"),
     ((*RCNN, *KEYPOINT), "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 0, "NUM_KEYPOINTS must .*; default_setup"),
-    ((*TINY, *FCOS), "MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16]], r"one anchor per location.*SIZES \[\[8\]\]"),
+    ((*TINY, *FCOS), "MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16]], r"one anchor.*SIZES \[\[8\]\].*FCOS\.yaml"),
     ((*TINY, *FCOS), "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, 1.0]], r"ASPECT_RATIOS \[\[1.0\]\]"),
     ((*TINY, *FCOS), "MODEL.TINY.OUT_CHANNELS", 40, "multiple of 32.* 40"),
     ((*TINY, *SSD), "MODEL.SSD.ASPECT_RATIOS", [], r"SSD.ASPECT_RATIOS must have 2 .* got \[\]"),

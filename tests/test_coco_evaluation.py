@@ -146,6 +146,7 @@ def test_metrics_by_every_backend_are_those_of_pycocotools_on_the_file(tmp_path,
 
 
 def test_the_fastest_installed_backend_is_used_and_logged(difficult, monkeypatch, log):
+    log.set_level("DEBUG", "plaintrain")
     name, outputs = difficult
     assert COCOEvaluator(name, use_fast_impl=False).backend == "pycocotools"
     evaluate(COCOEvaluator(name, ["bbox"]), outputs)

@@ -21,7 +21,7 @@ from processes import Process
 from plaintrain.data import DatasetMapper
 from plaintrain.data import build as loaders
 from plaintrain.data import loader as train_loaders
-from plaintrain.data.loader import _THREAD_NAME, Threads, TrainLoader, _ignore_signals, load_in_threads
+from plaintrain.data.loader import _THREAD_NAME, Threads, TrainLoader, _prepare_worker, load_in_threads
 from plaintrain.data.samplers import TrainingSampler
 from plaintrain.data.transforms import RandomFlip
 from plaintrain.utils.errors import UserError
@@ -154,7 +154,7 @@ def test_skip_unreadable_makes_samples_again_and_ends_at_bugs(log):
 
 
 def _sleep_as_a_worker(ready):
-    _ignore_signals(0)
+    _prepare_worker([], 0)
     ready.set()
     time.sleep(30)
 

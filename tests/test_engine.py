@@ -160,9 +160,17 @@ def test_setup_writes_the_resolved_config_and_the_log(output, capsys):
     assert sorted(os.listdir(output)) == NEW_FILES
     assert load_saved(output) == cfg and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
     log = (output / "log.txt").read_text()
-    for text in (log, capsys.readouterr().out):
-        assert f"torch: {torch.__version__}" in text
-        assert "command line:" in text and "NUM_CLASSES is 3: circle, square, triangle" in text
+    console = capsys.readouterr().out
+    for text in (
+        f"torch: {torch.__version__}",
+        "command line:",
+        "CUDNN_BENCHMARK: true",
+        "CLASSES is 3",
+    ):
+        assert text in log and text not in console
+    for text in (log, console):
+        assert "  classes        3, circle, square, triangle\n" in text and text.count("  schedule ") == 1
+    assert len(console.splitlines()) <= 15
     # A dataset without an evaluator type is scored with COCO's metrics.
     assert MetadataCatalog.get("engine_unscored").evaluator_type == "coco"
     warnings = [line for line in log.splitlines() if "WARNING" in line]
@@ -335,7 +343,7 @@ def test_setup_errors_name_missing_weights_and_bad_folders(output):
     assert output.read_text() == "in the way"
 
 
-def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output):
+def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output, capsys):
     leave_run(output)
     cfg = setup(output, overfit=2, dry_run=True)
     assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ("overfit_2",)
@@ -349,7 +357,9 @@ def test_overfit_tests_on_the_same_images_and_dry_run_keeps_nothing(output):
     for again in ({}, {"engine_tiny_val": {"bbox": {"AP": float("nan"), "AP-circle": float("nan")}}}):
         with pytest.raises(UserError, match="resumed model has different results: .*bbox/AP was 30"):
             finish_dry_run(args, cfg, results, lambda *args, again=again, **kwargs: again)
+    args.quiet = True
     finish_dry_run(args, cfg, results, lambda *args, **kwargs: results)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("ready: 2 iterations")
     assert contents(output) == RUN_FILES
     for flag in ("resume", "eval_only"):
         assert "--dry-run" in setup_error(output, dry_run=True, **{flag: True})

@@ -374,17 +374,18 @@ def test_tensorboard_holds_scalars_images_and_histograms_under_their_steps(tmp_p
 def test_printer_shows_losses_times_learning_rate_and_the_time_left(log, clock):
     printer = CommonMetricPrinter(max_iter=100)
     with EventStorage() as storage:
-        for iteration in (19, 39, 99):
+        for iteration in (19, 39, 79, 99):
             storage.iter = iteration
             storage.put_scalars(time=0.25, data_time=0.125, total_loss=3.0, loss_mine=torch.tensor(2.0))
             storage.put_scalars(lr=0.0125, **{"val/total_loss": 4.5, "val_loss": 1.5}, smoothing_hint=False)
             printer.write()
-            # The time of an evaluation is no iteration's.
-            clock.now += 5000
+            # The time left includes evaluations; the first write has only the time of an iteration.
+            clock.now += 500 if iteration == 19 else 0
     shown = "total_loss: 3  loss_mine: 2  val_loss: 1.5  time: 0.2500  data_time: 0.1250  lr: 0.0125"
     assert log.messages == [
         f"eta: 0:00:20  iter: 19  {shown}",
-        f"eta: 0:00:15  iter: 39  {shown}",
+        f"eta: 0:25:00  iter: 39  {shown}",
+        f"eta: 0:04:10  iter: 79  {shown}".replace("4:10", "2:46"),
         f"eta: 0:00:00  iter: 99  {shown}",
     ]
     # Of a loop that stores no time it is that of its own clock.
@@ -396,7 +397,7 @@ def test_printer_shows_losses_times_learning_rate_and_the_time_left(log, clock):
         storage.iter = 40
         printer.write()
         printer.write()
-    assert log.messages == ["iter: 20", "eta: 0:02:00  iter: 40", "iter: 40"]
+    assert log.messages == ["iter: 20", *["eta: 0:02:00  iter: 40"] * 2]
 
 
 # ---- beginning and closing writers -----------------------------------------------------------

@@ -43,6 +43,7 @@ def two_machines(late=0.0):
 def torchrun_env(rank, number, **more):
     """What torchrun gives to one of its processes on one machine."""
     env = {"RANK": rank, "WORLD_SIZE": number, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": number}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
     return {key: str(value) for key, value in env.items()} | more
 
 
@@ -83,6 +84,7 @@ def test_find_job_reads_the_address_and_lets_a_batch_script_start_the_processes(
     assert find_job(1, 2, 1, "tcp://[fe80::1]:29500")["address"] == ("fe80::1", 29500)
     # sbatch sets SLURM_NTASKS and SLURM_PROCID for its script too; only srun starts that many.
     set_env({key: value for key, value in slurm_env(0, 0).items() if "STEP" not in key})
+    assert find_job(1, 1, 0, "auto")["world_size"] == 1
     job = find_job(2, 1, 0, "auto")
     assert job["world_size"] == 2 and "rank" not in job
 
@@ -139,6 +141,20 @@ def test_mistakes_are_one_sentence_and_bugs_a_traceback(capfd, set_env, error, d
         ((2, 1, 0, "tcp://h:70000"), {}, "got 'tcp://h:70000'"),
         ((2,), torchrun_env(0, 4), "must be 4 or omitted, got 2; torchrun has started 4 processes"),
         ((1,), torchrun_env(6, 8), "torchrun has started 8 processes on this machine, but this"),
+        (
+            (1,),
+            {"WORLD_SIZE": "2"},
+            "LOCAL_RANK must be from 0 to 1, got ''; torchrun sets",
+        ),
+        ((1,), {"RANK": "0"}, "WORLD_SIZE must be from 1 to 65536, got ''"),
+        ((1,), {"RANK": "", "WORLD_SIZE": ""}, "WORLD_SIZE must be from 1 to 65536, got ''"),
+        ((1,), {"RANK": "1", "WORLD_SIZE": "1"}, "RANK must be from 0 to 0, got '1'"),
+        ((1,), torchrun_env(0, 2, RANK="x"), "RANK must be from 0 to 1, got 'x'"),
+        ((1,), torchrun_env(0, 2, MASTER_PORT="0"), "MASTER_PORT must be from 1 to 65535, got '0'"),
+        ((1,), torchrun_env(0, 2, MASTER_ADDR=""), "MASTER_ADDR must be the host of rank 0"),
+        ((1,), slurm_env(0, 0, SLURM_STEP_ID="4294967290"), "interactive shell of a Slurm job with 2 tasks"),
+        ((1,), slurm_env(0, 0, SLURM_PTY_PORT="1"), "start them with srun, or give --num-gpus"),
+        ((1,), slurm_env(0, 0, node=1), "SLURM_NODEID must be from 0 to 0, got '1'; torchrun sets"),
     ],
 )
 def test_a_command_line_that_does_not_fit_is_one_sentence(capfd, monkeypatch, set_env, args, env, words):

@@ -36,7 +36,7 @@ _ABOVE_DATA = "engine solver checkpoint modeling evaluation"
 FORBIDDEN = {
     "config": f"torch data {_ABOVE_DATA}",
     "utils": f"config data {_ABOVE_DATA}",
-    "utils.arguments": "torch config data utils",
+    "utils.arguments": "torch config data utils.logger utils.files utils.comm",
     "structures": f"data {_ABOVE_DATA}",
     "solver": "engine checkpoint data modeling evaluation",
     "modeling": "engine solver checkpoint data evaluation utils.events utils.storage",

@@ -258,6 +258,17 @@ def test_script_draws_detections_above_the_threshold_and_skips_bad_images(run, i
     more = ["--output", tmp_path / "no", "--no-images"]
     script_output(*command[:-1], plain, *more, *weights, folder=tmp_path)
     assert os.listdir(tmp_path / "no") == ["predictions.json"]
+    # The files of two runs are not mixed.
+    (tmp_path / "0" / "mine.txt").touch()
+    script_output(*command[:-1], images / "b", "--output", tmp_path / "0", *weights, folder=tmp_path)
+    assert sorted(os.listdir(tmp_path / "0")) == [
+        "mine.txt",
+        "old-1",
+        "one.png",
+        "predictions.json",
+        "two.JPG",
+    ]
+    assert sorted(os.listdir(tmp_path / "0" / "old-1")) == ["one.png", "predictions.json"]
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_datasets_are_filtered_counted_and_joined_if_their_classes_agree(registe
     MetadataCatalog.get("three").set(thing_classes=["b", "a"])
     words = "one and three have different classes: ['a', 'b'] and ['b', 'a']"
     rejected(words, by=lambda: get_detection_dataset_dicts(("one", "three")))
-    log.clear()
+    log.set_level("DEBUG", "plaintrain")
     register("few", [_object(), _object(iscrowd=1)], [_object(category_id=1)])
     get_detection_dataset_dicts("few")
     assert "few: 2 images, 3 boxes (1 crowds) of 2 classes" in log.text

@@ -127,6 +127,31 @@ def test_ranks_are_spawned_by_a_script_that_is_started_from_a_shell(tmp_path):
     assert "Finished: 2 of 2 iterations" in (out / "report.html").read_text()
 
 
+USER_CODE = """
+import os
+from plaintrain.data import DatasetCatalog, MetadataCatalog
+for name in ("train", "val"):
+    DatasetCatalog.register(f"my_{name}", lambda: list(DatasetCatalog.get("shapes_val"))[:4])
+    MetadataCatalog.get(f"my_{name}").set(thing_classes=["circle", "square", "triangle"])
+open(f"imported-{os.getpid()}", "x").close()
+"""
+
+
+def test_datasets_of_imported_code_are_known_to_ranks_and_scripts(tmp_path):
+    (tmp_path / "my_data.py").write_text(USER_CODE)
+    train = [sys.executable, TRAIN, "--import", "my_data.py", "--config-file", write_config(tmp_path)]
+    train += ["--num-gpus", "2", "SOLVER.MAX_ITER", "1", "OUTPUT_DIR", "out"]
+    train += ["DATASETS.TRAIN", "('my_train',)", "DATASETS.TEST", "('my_val',)"]
+    subprocess.run(train, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    # The first process and its two ranks import it once.
+    assert len(list(tmp_path.glob("imported-*"))) == 3
+    path = str(tmp_path / "my_data.py")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["starts"][0]["imports"] == [path]
+    unknown = run_script("analyze_errors.py", "out", folder=tmp_path, cwd=tmp_path)
+    assert "'my_val' is not registered" in unknown.output and f"has used --import {path}:" in unknown.output
+    run_script("analyze_errors.py", "out", "--import", "my_data", folder=tmp_path, cwd=tmp_path, code=0)
+
+
 # ---- mistakes -------------------------------------------------------------------------------------
 
 TINY, COCO = ["--config-file", "config.yaml"], ["--config-file", "coco.yaml"]
@@ -135,12 +160,17 @@ MISTAKES = [
     ("plain", [], r"DATASETS\.TRAIN and DATASETS\.TEST are empty; set --config-file"),
     ("epoch", ["SOLVER.MAXITER", "3"], r"SOLVER\.MAXITER.*command line.*SOLVER\.MAX_ITER"),
     ("plain", COCO, r"annotation 2 in .*a\.json has category_id 9.*\[1, 2\]"),
-    ("plain", [*TINY, "DATASETS.TRAIN", "('coco_2017_train',)"], r"annotation file .*instances_train2017"),
+    (
+        "plain",
+        [*TINY, "DATASETS.TRAIN", "('coco_2017_train',)"],
+        r"instances_train2017.*; relative paths start at PL",
+    ),
     ("plain", [*TINY, "--eval-only", "--resume"], r"--resume: there is no checkpoint in"),
     ("plain", [*TINY, "WORKFLOW", "[['val', 1], ['train', 1]]"], r"WORKFLOW must be .*TEST\.VAL_LOSS_PERIOD"),
     ("epoch", [*TINY, "TEST.VAL_LOSS_PERIOD", "2"], r"TEST\.VAL_LOSS_PERIOD must be 0 .*WORKFLOW"),
+    ("plain", ["--import", "config.yaml"], r"cannot import config\.yaml: ModuleNotFoundError: No module"),
     ("epoch", TINY, r"SOLVER\.MAX_EPOCHS must be .*, got 0"),
-    ("plain", [*TINY, "--overfit", "-1"], r"--overfit must be from 1 to 22 .*, got -1"),
+    ("plain", [*TINY, "--overfit", "0"], r"--overfit must be from 1 to 22 .*, got 0"),
     ("plain", [*TINY, "--overfit", "23"], r"--overfit must be from 1 to 22 .*, got 23"),
     ("plain", [*TINY, "--dry-run", "--resume"], "cannot be combined with --resume or --eval-only"),
     ("plain", [*TINY, "--dry-run", "TEST.BEST_METRIC", "bbox/APP"], r"'bbox/APP'.*few_val/bbox/AP"),

@@ -85,7 +85,7 @@ def test_datasets_get_their_predictions_and_their_results(evaluated):
     for metrics in (*coco.values(), *voc.values()):
         row = [value for name, value in metrics.items() if "-" not in name]
         printed = ",".join(f"{float('nan') if v is None else v:.4f}" for v in row)
-        assert f"copypaste: {printed}" in evaluated["output"]
+        assert f"copypaste: {printed}" in (evaluated["a"] / "log.txt").read_text()
     assert any(0 < value < 100 for value in coco["bbox"].values() if value is not None)
     for name, images in (("test_net_coco", 6), ("test_net_voc", 5)):
         found = json.loads((out / name / PREDICTIONS).read_text())

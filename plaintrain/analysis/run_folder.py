@@ -27,6 +27,7 @@ from plaintrain.utils.files import (
 )
 from plaintrain.utils.lock import is_in_use
 from plaintrain.utils.text import is_file_name
+from plaintrain.utils.user_code import note_imports
 
 # [DATASET/]TASK/METRIC
 _RESULT = re.compile(r"(?:(?P<dataset>.+?)/)?(?P<task>bbox|segm|keypoints|box_proposals)/(?P<metric>.+)")
@@ -110,6 +111,7 @@ def read_config(folder: str) -> CfgNode:
         raise UserError(f"{folder!r} {problem}; expected a run folder (OUTPUT_DIR)")
     cfg = get_cfg()
     cfg.merge_from_file(path)
+    note_imports(folder)
     return cfg
 
 

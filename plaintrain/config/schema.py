@@ -21,6 +21,7 @@ _BOX_LOSS = allow("smooth_l1", "giou")
 _POOLER = allow("ROIAlign", "ROIAlignV2")
 _RESNET = "MODEL.BACKBONE.NAME=build_resnet_fpn_backbone|build_retinanet_resnet_fpn_backbone"
 _FPN = _RESNET + "|build_mobilenet_v3_large_fpn_backbone"
+_SSD = "as in configs/COCO-Detection/ssd*.yaml"
 # Rules of all keys, or of all keys that match a pattern, of enabled features or not. Their upper limits
 # keep a typing error from filling the memory or running forever; no real run comes near them.
 _ALWAYS = {
@@ -187,8 +188,8 @@ _TABLE = {
     },
     "MODEL.META_ARCHITECTURE=SSD": {
         "MODEL.SSD.HEAD_NAME": allow("SSDHead", "SSDLiteHead"),
-        "MODEL.BACKBONE.NAME": Rule("a backbone without FPN", lambda name: "fpn" not in name),
-        "INPUT.FIXED_SIZE": list_of(integer(1, 16384), "a height and a width {}", 2, 2),
+        "MODEL.BACKBONE.NAME": Rule(f"a backbone without FPN ({_SSD})", lambda name: "fpn" not in name),
+        "INPUT.FIXED_SIZE": list_of(integer(1, 16384), f"a height and a width {{}} ({_SSD})", 2, 2),
         "MODEL.SSD.POSITIVE_FRACTION": rules.INSIDE,
     },
     "MODEL.META_ARCHITECTURE=RetinaNet": {

@@ -9,6 +9,7 @@ from plaintrain.data.serialized import SerializedRecords, disable_gc, serialize
 from plaintrain.utils.class_lists import REMEDY, describe_class_difference
 from plaintrain.utils.errors import UserError, suggest_similar
 from plaintrain.utils.text import escape_controls, is_file_name
+from plaintrain.utils.user_code import describe_import
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class _DatasetCatalog(_Catalog):
         if name not in self:
             near = suggest_similar(name, self, num=3, cutoff=0.5)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(self.list())}"
-            raise UserError(f"the dataset {name!r} is not registered; {hint}")
+            raise UserError(f"the dataset {name!r} is not registered; {hint} ({describe_import()})")
         if name not in self._loaded:
             try:
                 with disable_gc():

@@ -1,6 +1,7 @@
 """Load samples of records in worker processes, threads or neither, in a reproducible order."""
 
 import contextlib
+import functools
 import inspect
 import itertools
 import logging
@@ -26,6 +27,7 @@ from plaintrain.utils.errors import UserError
 from plaintrain.utils.heartbeat import LONG, beat, end_loop
 from plaintrain.utils.logger import build_progress_bar, ignore_console_errors
 from plaintrain.utils.memory import note_batch
+from plaintrain.utils.user_code import IMPORTED, import_user_code
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +102,9 @@ def seeded_globals(seed: int, position: int) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def _ignore_signals(worker_id):
-    """Ignore signals to the whole job: the training process handles them and still needs its workers."""
+def _prepare_worker(imports, worker_id):
+    """Import the user's code; ignore signals to the whole job: the training process handles them."""
+    import_user_code(imports)
     ignore_console_errors()
     for signal_number in signal.SIGHUP, signal.SIGINT, signal.SIGUSR1:
         signal.signal(signal_number, signal.SIG_IGN)
@@ -178,7 +181,7 @@ class Loader:
             num_workers=self._num_workers,
             collate_fn=list,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=functools.partial(_prepare_worker, IMPORTED),
             # Drawing the base seed of the workers must not advance the global generator.
             generator=torch.Generator(),
         )

@@ -16,6 +16,7 @@ from plaintrain.data.datasets.shapes import is_drawn
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.structures import find_segmentation_problem
 from plaintrain.utils.errors import DataError, UserError
+from plaintrain.utils.files import describe_dataset_root
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +151,9 @@ def _log_counts(names, classes, counts, histogram):
     lines = [f"  {name:<{width}}  {histogram[i]:>8}" for i, name in enumerate(classes)]
     logger.info(
         f"{names}: {counts['images']} images, {histogram.sum()} boxes ({counts['crowd']} crowds) of "
-        f"{len(classes)} classes\n" + "\n".join(lines)
+        f"{len(classes)} classes"
     )
+    logger.debug("\n".join([f"{names}: boxes by class", *lines]))
     for key in ("empty_box", "outside_box", "clipped_box"):
         if counts[key]:
             logger.warning(f"{names}: {validation.PROBLEM_TYPES[key][0]}: {counts[key]}")
@@ -172,4 +174,5 @@ def check_image_files(records: SerializedRecords, source: str) -> None:
     missing = [path for path in files if os.path.basename(path) not in list_folder(os.path.dirname(path))]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"an image of {source} does not exist: {missing[0]}{more}")
+        hint = describe_dataset_root(missing[0])
+        raise UserError(f"an image of {source} does not exist: {missing[0]}{more}{hint}")

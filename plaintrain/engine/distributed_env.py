@@ -19,6 +19,8 @@ from plaintrain.utils.errors import UserError
 _ADDRESS_KEY = "plaintrain/address"
 # Linux ioctl that returns the address of a network interface.
 _SIOCGIFADDR = 0x8915
+# Slurm steps from this id on are interactive shells, batch scripts and other special steps.
+_SPECIAL_STEP = 0xFFFFFFF0
 
 
 def find_job(num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -> dict[str, Any]:
@@ -29,14 +31,16 @@ def find_job(num_gpus: int, num_machines: int, machine_rank: int, dist_url: str)
     this machine has `first_rank`.
     """
     env = os.environ
-    if int(env.get("WORLD_SIZE", 1)) > 1 and "RANK" in env:
-        job = _get_torchrun_job(env)
-        started = f"torchrun has started {job['local_size']} processes on this machine"
-    # sbatch also sets SLURM_NTASKS and SLURM_PROCID, but runs its script once; only srun starts all tasks.
-    elif int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+    # Slurm scripts often export WORLD_SIZE, but not RANK.
+    world_size = _get_int(env, "WORLD_SIZE", 1, default="" if "RANK" in env else 1)
+    if "RANK" not in env and _is_srun_task(env, num_gpus):
         job = _get_slurm_job(env, dist_url)
         started = f"srun has started {job['local_size']} processes on this machine"
+    elif world_size > 1:
+        job = _get_torchrun_job(env, world_size)
+        started = f"torchrun has started {job['local_size']} processes on this machine"
     else:
+        _get_int(env, "RANK", 0, 0, 0)
         job = _get_local_job(num_gpus, num_machines, machine_rank, dist_url)
         started = f"--num-gpus is {num_gpus}"
     if num_gpus not in (1, job["local_size"]):
@@ -65,29 +69,62 @@ def _get_local_job(num_gpus: int, num_machines: int, machine_rank: int, dist_url
     }
 
 
-def _get_torchrun_job(env: Mapping[str, str]) -> dict[str, Any]:
+def _get_int(env: Mapping[str, str], name: str, low: int, high: int = 2**16, default: int | str = "") -> int:
+    """Return an integer variable of torchrun or Slurm; without a default, it must be set."""
+    value = str(env.get(name, default))
+    if not (re.fullmatch("[0-9]{1,10}", value) and low <= int(value) <= high):
+        raise UserError(
+            f"the environment variable {name} must be from {low} to {high}, got {value!r}; torchrun sets "
+            "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, srun sets SLURM_*: use one of them, or unset all"
+        )
+    return int(value)
+
+
+def _get_torchrun_job(env: Mapping[str, str], world_size: int) -> dict[str, Any]:
+    local_rank = _get_int(env, "LOCAL_RANK", 0, world_size - 1)
+    _get_int(env, "MASTER_PORT", 1, 2**16 - 1)
+    if not env.get("MASTER_ADDR"):
+        raise UserError("the environment variable MASTER_ADDR must be the host of rank 0; torchrun sets it")
     return {
-        "rank": int(env["RANK"]),
-        "world_size": int(env["WORLD_SIZE"]),
-        "local_rank": int(env.get("LOCAL_RANK", 0)),
-        "local_size": int(env.get("LOCAL_WORLD_SIZE", 1)),
-        "machine": int(env.get("GROUP_RANK", 0)),
+        "rank": _get_int(env, "RANK", 0, world_size - 1),
+        "world_size": world_size,
+        "local_rank": local_rank,
+        "local_size": _get_int(env, "LOCAL_WORLD_SIZE", local_rank + 1, world_size, local_rank + 1),
+        "machine": _get_int(env, "GROUP_RANK", 0, default=0),
         "address": None,
     }
 
 
+def _is_srun_task(env: Mapping[str, str], num_gpus: int) -> bool:
+    """Return whether srun has started this process as one of several."""
+    # sbatch also sets SLURM_NTASKS and SLURM_PROCID, but runs its script once; only srun starts all tasks.
+    is_step = "SLURM_PROCID" in env and "SLURM_STEP_ID" in env
+    if not is_step or _get_int(env, "SLURM_NTASKS", 1, default=1) == 1:
+        return False
+    is_shell = _get_int(env, "SLURM_STEP_ID", 0, 2**32) >= _SPECIAL_STEP or "SLURM_PTY_PORT" in env
+    if is_shell and num_gpus == 1:
+        raise UserError(
+            f"this is an interactive shell of a Slurm job with {env['SLURM_NTASKS']} tasks; start them with "
+            "srun, or give --num-gpus, or unset SLURM_NTASKS for one process"
+        )
+    return not is_shell
+
+
 def _get_slurm_job(env: Mapping[str, str], dist_url: str) -> dict[str, Any]:
-    node = int(env.get("SLURM_NODEID", 0))
+    world_size = _get_int(env, "SLURM_NTASKS", 1)
+    tasks = _parse_tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    node = _get_int(env, "SLURM_NODEID", 0, len(tasks) - 1, 0)
     host = env.get("MASTER_ADDR") or _get_first_host(env.get("SLURM_STEP_NODELIST", ""))
     # The port is the same for all tasks of a job, but differs between jobs.
-    port = env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
+    default_port = 20000 + _get_int(env, "SLURM_JOB_ID", 0, 2**32, 0) % 20000
+    port = _get_int(env, "MASTER_PORT", 1, 2**16 - 1, default_port)
     return {
-        "rank": int(env["SLURM_PROCID"]),
-        "world_size": int(env["SLURM_NTASKS"]),
-        "local_rank": int(env.get("SLURM_LOCALID", 0)),
-        "local_size": _parse_tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))[node],
+        "rank": _get_int(env, "SLURM_PROCID", 0, world_size - 1),
+        "world_size": world_size,
+        "local_rank": _get_int(env, "SLURM_LOCALID", 0, default=0),
+        "local_size": tasks[node],
         "machine": node,
-        "address": (host, int(port)) if dist_url == "auto" else _parse_url(dist_url),
+        "address": (host, port) if dist_url == "auto" else _parse_url(dist_url),
     }
 
 

@@ -105,7 +105,10 @@ def finish_dry_run(args: Namespace, cfg: CfgNode, results: dict[str, Any], do_tr
         with contextlib.suppress(OSError):
             # Deletes OUTPUT_DIR only if it is empty.
             os.rmdir(os.path.dirname(cfg.OUTPUT_DIR))
-    logger.info(
+    verdict = (
         f"ready: {cfg.SOLVER.MAX_ITER} iterations, {'evaluation, ' if results else ''}saving and resuming "
         "succeeded; all files were deleted. Run the same command without --dry-run"
     )
+    logger.info(verdict)
+    if getattr(args, "quiet", False) and comm.is_main_process():
+        print(verdict)

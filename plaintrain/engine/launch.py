@@ -26,6 +26,7 @@ from plaintrain.utils.logger import ignore_console_errors
 from plaintrain.utils.memory import describe_out_of_memory, is_out_of_memory
 from plaintrain.utils.stop import Stopped, end_at_once, get_stop_signals
 from plaintrain.utils.text import escape_controls
+from plaintrain.utils.user_code import IMPORTED, import_user_code
 
 # Timeout of collectives; other ranks wait in one while rank 0 scores.
 DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
@@ -116,6 +117,7 @@ def _spawn(main_func, args, job, debug):
     # Handlers are set first, so that no signal is lost while the ranks start.
     handlers = {signum: signal.signal(signum, forward) for signum in get_stop_signals()}
     try:
+        job["imports"] = IMPORTED
         context = mp.start_processes(_run_rank, (main_func, args, job, debug), job["local_size"], join=False)
         ranks += context.processes
         failed = _wait_for_failure(ranks)
@@ -183,6 +185,7 @@ def _run_rank(local_rank, main_func, args, job, debug):
     _prepare_process(job, local_rank)
     watch = None
     try:
+        import_user_code(job.pop("imports", ()))
         store, watch = _rendezvous(job, is_spawned)
         if torch.cuda.is_available():
             torch.cuda.set_device(job["local_rank"])

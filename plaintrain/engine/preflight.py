@@ -83,7 +83,7 @@ def _resolve_count(cfg: CfgNode, key: str, dataset: str, names: Sequence[str]) -
             "set it to 0 to take the dataset's number"
         )
     set_value(cfg, key, len(names))
-    logger.info(f"{key} is {len(names)}: {', '.join(names)}")
+    logger.debug(f"{key} is {len(names)}: {', '.join(names)}")
 
 
 def check_before_training(

@@ -7,19 +7,52 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
 
 import plaintrain
 from plaintrain.checkpoint.files import list_resume_candidates
 from plaintrain.config import CfgNode, get_cfg
 from plaintrain.config.yaml import diff_configs, load_chain
+from plaintrain.data.catalog import DatasetCatalog
+from plaintrain.modeling.build import get_device
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import FACTS_FILE, atomic_write, read_starts
 from plaintrain.utils.lock import unlock_folder
+from plaintrain.utils.text import truncate_text
+from plaintrain.utils.user_code import IMPORTED
 
 logger = logging.getLogger(__name__)
+
+
+def describe_run(cfg: CfgNode, model: nn.Module | None, class_names: Sequence[str], training: bool) -> str:
+    """Return a summary for the console; `model` is None if a file of predictions is scored."""
+    solver = cfg.SOLVER
+    names = [*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST]
+    sizes = {name: len(DatasetCatalog.get(name)) for name in names}
+    lines = [("test data", name, f"{sizes[name]} images") for name in cfg.DATASETS.TEST]
+    lines.append(("classes", f"{len(class_names)}", truncate_text(", ".join(class_names), 90)))
+    if model is not None:
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        name = f"{cfg.MODEL.META_ARCHITECTURE} on {cfg.MODEL.BACKBONE.NAME}"
+        lines.append(("model", name, f"{millions:.3g} million parameters"))
+        lines.append(("device", f"{get_device(cfg.MODEL.DEVICE)}", f"processes: {comm.get_world_size()}"))
+    if training:
+        lines = [("training data", name, f"{sizes[name]} images") for name in cfg.DATASETS.TRAIN] + lines
+        num_images = max(1, sum(sizes[name] for name in cfg.DATASETS.TRAIN))
+        epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / num_images
+        batch = f"batches of {solver.IMS_PER_BATCH} images, about {epochs:.3g} epochs"
+        lines.append(("schedule", f"{solver.MAX_ITER} iterations", batch))
+        lines.append(("optimizer", solver.OPTIMIZER, f"{solver.LR_SCHEDULER_NAME} from {solver.BASE_LR:g}"))
+        periods = {"evaluation": cfg.TEST.EVAL_PERIOD, "checkpoints": solver.CHECKPOINT_PERIOD}
+        lines += [(k, f"every {v} iterations" if v else "once", "at the end") for k, v in periods.items()]
+        lines.append(("to stop", "Ctrl-C", "the same command with --resume continues"))
+    lines.append(("output", cfg.OUTPUT_DIR, "its log.txt has the config, the model and the versions"))
+    return "\n  ".join(["summary", *(f"{title:<15}{value}, {more}" for title, value, more in lines)])
 
 
 def write_run_facts(cfg: CfgNode, config_file: str) -> None:
@@ -27,6 +60,7 @@ def write_run_facts(cfg: CfgNode, config_file: str) -> None:
 
     - `started`: ISO 8601 time with time zone; `command`: list of words; `world_size`: number of processes.
     - `plaintrain`: version; `environment`: {name: value} of `collect_env_info`.
+    - `imports`: files and modules of --import.
     - `config_file`: path or ""; `changes`: [[key, value before, value], ...] of the final config against the
       `_BASE_` files of the config file, or the defaults.
     - `git`: `{"commit", "branch", "changed_files"}` of the script's folder; None outside git.
@@ -38,6 +72,7 @@ def write_run_facts(cfg: CfgNode, config_file: str) -> None:
         "plaintrain": plaintrain.__version__,
         "environment": dict(line.split(": ", 1) for line in collect_env_info().splitlines()),
         "git": _get_git_state(os.path.dirname(os.path.abspath(sys.argv[0]))),
+        "imports": IMPORTED,
         "config_file": config_file,
         "changes": diff_configs(_load_base(config_file).dump(), cfg.dump()),
     }

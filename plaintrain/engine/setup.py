@@ -20,7 +20,7 @@ from plaintrain.data.catalog import compute_hashes
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.engine.dry_run import overfit_on, shorten_to_dry_run
 from plaintrain.engine.preflight import check_before_training, check_same_data, resolve_num_classes
-from plaintrain.engine.run_facts import write_run_facts
+from plaintrain.engine.run_facts import describe_run, write_run_facts
 from plaintrain.solver.schedule import resolve_schedule
 from plaintrain.utils import comm
 from plaintrain.utils.env import collect_env_info, seed_all_rng
@@ -90,7 +90,7 @@ def default_setup(cfg: CfgNode, args: Namespace) -> None:
     set_value(cfg, "OUTPUT_DIR", os.path.expanduser(cfg.OUTPUT_DIR))
     declare_datasets(cfg)
     _resolve_seed(cfg, resume)
-    if getattr(args, "overfit", 0):
+    if getattr(args, "overfit", None) is not None:
         overfit_on(cfg, args.overfit)
     with comm.first_on_machine():  # the first rank fills the cache of the datasets
         class_names = resolve_num_classes(cfg, eval_only)
@@ -108,9 +108,10 @@ def default_setup(cfg: CfgNode, args: Namespace) -> None:
     _prepare_output(cfg, not eval_only, resume, quiet)
     for record in buffer.buffer:
         log.handlers[-1].handle(record)
-    logger.info(f"rank {comm.get_rank()} of {comm.get_world_size()}\n{collect_env_info()}")
-    logger.info("command line: " + " ".join(sys.argv))
-    logger.info(f"config:\n{cfg.dump()}")
+    logger.debug(f"rank {comm.get_rank()} of {comm.get_world_size()}\n{collect_env_info()}")
+    logger.debug("command line: " + " ".join(sys.argv))
+    logger.debug(f"config:\n{cfg.dump()}")
+    logger.info(describe_run(cfg, model, class_names, training=not eval_only))
     if comm.is_main_process():
         path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
         if not (eval_only and os.path.exists(path)):

@@ -20,6 +20,9 @@ from plaintrain.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# With more classes, only log.txt has the AP of each class.
+_MAX_CLASSES = 20
+
 # Task -> key of the model's outputs that it scores.
 TASKS = {"bbox": "boxes", "segm": "masks", "keypoints": "keypoints", "box_proposals": "boxes"}
 # Numbers of proposals per image, and IoU thresholds, of the average recall.
@@ -137,14 +140,15 @@ class COCOEvaluator(InstanceEvaluator):
         return precision[:, :, order], recall[:, order]
 
     def _score_task(self, task: str, detections: Detections) -> dict[str, float]:
-        logger.info(f"{task} is scored by {self.backend}")
+        logger.debug(f"{task} is scored by {self.backend}")
         precision, recall = self.compute_curves(task, detections)
         metrics = summarize(precision, recall, task)
         if task == "keypoints":
             return metrics
         per_class = {name: compute_mean_ap(precision[:, :, k, 0, -1]) for k, name in enumerate(self.classes)}
         if len(per_class) > 1:
-            logger.info(f"{task} AP by class\n" + format_table(per_class.items(), ["class", "AP"]))
+            level = logging.INFO if len(per_class) <= _MAX_CLASSES else logging.DEBUG
+            logger.log(level, f"{task} AP by class\n" + format_table(per_class.items(), ["class", "AP"]))
         return metrics | {f"AP-{name}": value for name, value in per_class.items()}
 
     def _iterate_proposals(self, detections: Detections) -> Iterator[tuple[np.ndarray, ...]]:

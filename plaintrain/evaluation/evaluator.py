@@ -190,13 +190,13 @@ def inference_on_dataset(
     return evaluator.evaluate() or {}
 
 
-def print_csv_format(results: dict[str, dict[str, float]]) -> None:
+def print_csv_format(results: dict[str, dict[str, float]], level: int = logging.INFO) -> None:
     """Log {task: {metric: value}} as comma-separated lines for spreadsheets."""
     for task, metrics in results.items():
         main = {name: value for name, value in metrics.items() if "-" not in name}
-        logger.info(f"copypaste: Task: {task}")
-        logger.info("copypaste: " + ",".join(main))
-        logger.info("copypaste: " + ",".join(f"{value:.4f}" for value in main.values()))
+        logger.log(level, f"copypaste: Task: {task}")
+        logger.log(level, "copypaste: " + ",".join(main))
+        logger.log(level, "copypaste: " + ",".join(f"{value:.4f}" for value in main.values()))
 
 
 def flatten_results(results: dict[str, Any]) -> dict[str, float]:

@@ -156,7 +156,7 @@ def report_results(dataset_name: str, results: dict[str, dict[str, float]], fold
     table = format_results(results, before)
     since = ", and the change since the last evaluation" if before else ""
     logger.info(f"results on {dataset_name}{since}:\n{table}")
-    print_csv_format(results)
+    print_csv_format(results, logging.DEBUG)
     content = convert_to_json_types({dataset_name: results})
     write_json(os.path.join(folder, RESULTS_FILE), content, indent=1)
 

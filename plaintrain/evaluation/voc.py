@@ -121,7 +121,6 @@ class PascalVOCDetectionEvaluator(InstanceEvaluator):
         mean = known.mean(axis=0) if len(known) else np.full(10, np.nan)
         metrics = {"AP": float(mean.mean()), "AP50": float(mean[0]), "AP75": float(mean[5])}
         cells = [[name, *map(float, (aps.mean(), aps[0], aps[5]))] for name, aps in per_class.items()]
-        cells.append(["all", *metrics.values()])
         year = 2007 if self._use_07_metric else 2010
         logger.info(f"box AP, VOC {year} metric\n" + format_table(cells, ["class", "AP", "AP50", "AP75"]))
         metrics |= {f"AP50-{name}": float(aps[0]) for name, aps in per_class.items()}

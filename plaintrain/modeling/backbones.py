@@ -15,6 +15,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from plaintrain.config import CfgNode
 from plaintrain.utils.errors import UserError, suggest_similar
+from plaintrain.utils.user_code import describe_import
 
 Norm = Callable[..., nn.Module]
 _NORMS: dict[str, Norm] = {
@@ -247,7 +248,8 @@ def build_backbone(cfg: CfgNode) -> Backbone:
     if name not in BACKBONES:
         raise UserError(
             f"MODEL.BACKBONE.NAME must be one of {', '.join(BACKBONES)}, got {name!r}; did you mean "
-            f"{suggest_similar(name, BACKBONES)}?"
+            f"{suggest_similar(name, BACKBONES)}? MODEL.RESNETS.DEPTH is the depth of a ResNet "
+            f"({describe_import()})"
         )
     backbone = BACKBONES[name](cfg)
     fold_frozen_norms(backbone)

@@ -12,6 +12,7 @@ from plaintrain.modeling.rcnn import build_proposal_network, build_rcnn
 from plaintrain.modeling.retinanet import build_retinanet
 from plaintrain.modeling.ssd import build_ssd
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.user_code import describe_import
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ def get_num_classes_key(cfg: CfgNode) -> str:
     name = cfg.MODEL.META_ARCHITECTURE
     if name not in META_ARCHITECTURES:
         raise UserError(
-            f"MODEL.META_ARCHITECTURE must be one of {', '.join(META_ARCHITECTURES)}, got {name!r}"
+            f"MODEL.META_ARCHITECTURE must be one of {', '.join(META_ARCHITECTURES)}, got {name!r} "
+            f"({describe_import()})"
         )
     return META_ARCHITECTURES[name][1]
 

@@ -65,8 +65,8 @@ def _get_per_level(cfg, key, num_levels):
     lists = cfg.MODEL.ANCHOR_GENERATOR[key]
     if len(lists) not in (1, num_levels) or len({len(values) for values in lists}) != 1:
         raise UserError(
-            f"MODEL.ANCHOR_GENERATOR.{key} must be one list, or {num_levels} of one length for the "
-            f"backbone's {num_levels} levels, such as [[...], [...]], got {lists}"
+            f"MODEL.ANCHOR_GENERATOR.{key} must be one list, or one of the same length for each of the "
+            f"{num_levels} levels of {cfg.MODEL.BACKBONE.NAME}, got {lists}; see configs/Base-*.yaml"
         )
     return tuple(map(tuple, lists)) * (num_levels // len(lists))
 

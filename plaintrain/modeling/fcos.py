@@ -99,7 +99,7 @@ def build_fcos(cfg: CfgNode) -> FCOS:
         raise UserError(
             "MODEL.ANCHOR_GENERATOR must have one anchor per location for FCOS: SIZES "
             f"{[[stride] for stride in backbone.strides]} and ASPECT_RATIOS [[1.0]], got "
-            f"{anchors.sizes} and {anchors.aspect_ratios}"
+            f"{anchors.sizes} and {anchors.aspect_ratios}; configs/Base-FCOS.yaml sets them for a ResNet"
         )
     if backbone.out_channels % _NUM_GROUPS:
         raise UserError(

@@ -14,12 +14,24 @@ class _OverridesAction(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def _import(name: str) -> None:
+    """Import the user's code at once, since some scripts read datasets before they call `launch`."""
+    from plaintrain.utils.user_code import import_user_code
+
+    try:
+        import_user_code([name])
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
 def build_parser(epilog: str | None, config_help: str = "") -> argparse.ArgumentParser:
-    """Build a parser with --debug, and with --config-file if `config_help` is not empty."""
+    """Build a parser with --debug and --import, and with --config-file if `config_help` is not empty."""
     parser = argparse.ArgumentParser(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(config_file="", opts=[])
     if config_help:
         parser.add_argument("--config-file", default="", metavar="FILE", help=config_help)
+    options: dict[str, Any] = {"type": _import, "default": argparse.SUPPRESS, "metavar": "FILE.py"}
+    parser.add_argument("--import", help="import your datasets; also PACKAGE.MODULE; repeatable", **options)
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     return parser
 
@@ -42,7 +54,7 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
     add("--num-machines", type=int, default=1, help="machines of the job")
     add("--machine-rank", type=int, default=0, help="rank of this machine, from 0")
     add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; required for several machines")
-    add("--overfit", type=int, default=0, metavar="N", help="train and evaluate on the first N images")
+    add("--overfit", type=int, metavar="N", help="train and evaluate on the first N images")
     add(
         "--dry-run",
         action="store_true",

@@ -45,21 +45,22 @@ class CommonMetricPrinter(EventWriter):
         self._max_iter = max_iter
         self._window_size = window_size
         # Iteration and time.
-        self._last_write: tuple[int, float] | None = None
+        self._first_write: tuple[int, float] | None = None
 
     def _measure_time(self, iteration: int) -> float | None:
-        """Return the seconds per iteration since the last write, or None."""
-        before = self._last_write
-        self._last_write = now = iteration, time.perf_counter()
-        if before is None or now[0] <= before[0]:
-            return None
-        return (now[1] - before[1]) / (now[0] - before[0])
+        """Return the seconds per iteration, with evaluations, since the first write; None at the first."""
+        now = iteration, time.perf_counter()
+        # The first write follows the slow start of workers and kernels, and what a resumed run catches up on.
+        before = self._first_write = self._first_write or now
+        return (now[1] - before[1]) / (now[0] - before[0]) if now[0] > before[0] else None
 
     def write(self) -> None:
         """Log one line with the latest scalars."""
         storage = get_event_storage()
         latest = storage.latest_with_smoothing_hint(self._window_size)
-        seconds = latest["time"][0] if "time" in latest else self._measure_time(storage.iter)
+        seconds = self._measure_time(storage.iter)
+        if seconds is None and "time" in latest:
+            seconds = latest["time"][0]
         fields = [f"iter: {storage.iter}"]
         if seconds is not None and self._max_iter is not None:
             left = max(0, self._max_iter - storage.iter - 1)

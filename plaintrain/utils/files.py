@@ -29,6 +29,7 @@ _START = {
     "world_size": 0,
     "environment": {},
     "git": {"changed_files": [""]},
+    "imports": [""],
 }
 
 
@@ -194,19 +195,31 @@ def keep_valid(value: Any, example: Any) -> Any:
     return value if type(value) is type(example) else None
 
 
-def _read_valid(path: str, example: dict[str, Any]) -> dict[str, Any]:
+def read_valid(path: str, example: dict[str, Any]) -> dict[str, Any]:
     """Return what is valid in a JSON file, see `keep_valid`; {} if it is missing or incomplete."""
     with contextlib.suppress(UserError, ValueError, RecursionError):
         return keep_valid(json.loads(read_text(path)), example) or {}
     return {}
 
 
+def get_dataset_root() -> str:
+    """Return the folder of relative dataset paths: `$PLAINTRAIN_DATASETS`, or `datasets`."""
+    return os.path.expanduser(os.environ.get("PLAINTRAIN_DATASETS", "datasets"))
+
+
+def describe_dataset_root(path: str) -> str:
+    """Return a hint for a missing file of a dataset; "" for one that is not in `get_dataset_root`."""
+    if not is_below(get_dataset_root(), os.path.abspath(path)):
+        return ""
+    return f"; relative paths start at PLAINTRAIN_DATASETS, which is {get_dataset_root()!r}"
+
+
 def read_starts(folder: str) -> list[dict[str, Any]]:
     """Return the `starts` of run.json (see `engine.run_facts`), oldest first."""
-    facts = _read_valid(os.path.join(folder, FACTS_FILE), {"starts": [_START]})
+    facts = read_valid(os.path.join(folder, FACTS_FILE), {"starts": [_START]})
     return [{"git": None, **start} for start in facts.get("starts", ())]
 
 
 def read_results_file(folder: str) -> dict[str, dict[str, dict[str, float | None]]]:
     """Return {dataset: {task: {metric: value}}} of results.json; invalid values are None."""
-    return _read_valid(os.path.join(folder, RESULTS_FILE), {"*": {"*": {"*": 0.0}}})
+    return read_valid(os.path.join(folder, RESULTS_FILE), {"*": {"*": {"*": 0.0}}})

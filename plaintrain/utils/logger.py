@@ -77,13 +77,13 @@ class _ConsoleHandler(logging.Handler):
 def setup_logger(
     output: str | None = None, distributed_rank: int = 0, name: str = "plaintrain", quiet: bool = False
 ) -> logging.Logger:
-    """Log to the console (rank 0) and to log.txt (log.txt.rank1, ...) in the folder `output`.
+    """Log to the console (rank 0) and, with debug records, to log.txt (log.txt.rank1, ...) in `output`.
 
     Replaces the handlers of earlier calls. `quiet` hides progress bars, and all but warnings and errors.
     """
     ignore_console_errors()
     logger = logging.getLogger(name)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     logger.propagate = False
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)

@@ -14,12 +14,8 @@ from plaintrain.data.cache import load_cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
 from plaintrain.data.datasets import coco, concat, folder, shapes, voc, yolo
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.files import describe_dataset_root, get_dataset_root
 from plaintrain.utils.text import is_file_name
-
-
-def get_dataset_root() -> str:
-    """Return the folder of relative dataset paths: `$PLAINTRAIN_DATASETS`, or `datasets`."""
-    return os.path.expanduser(os.environ.get("PLAINTRAIN_DATASETS", "datasets"))
 
 
 def _load_concat(datasets, classes=None, merge_classes=False, problems=None):
@@ -124,6 +120,11 @@ def _read(spec, problems=None):
         records, metadata = reader(**{key: value for key, value in values.items() if key in parameters})
     except RecursionError as e:
         raise UserError(f"a file of {spec} is nested too deeply") from e
+    except UserError as e:
+        paths = [values[_PARAMETERS[key]] for key in _PATHS if key in spec]
+        if hint := "".join([describe_dataset_root(path) for path in paths if not os.path.exists(path)][:1]):
+            raise UserError(f"{e}{hint}") from e
+        raise
     if "KEYPOINT_FLIP_MAP" in spec:
         metadata["keypoint_flip_map"] = [tuple(pair) for pair in spec["KEYPOINT_FLIP_MAP"]]
     if "FRACTION" in spec:
