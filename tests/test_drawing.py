@@ -8,6 +8,7 @@ from PIL import Image
 from plaintrain.data.datasets.shapes import load_shapes
 from plaintrain.structures import BoxMode
 from plaintrain.utils.errors import UserError
+from plaintrain.utils.visualizer import Visualizer
 from plaintrain.visualization import drawing
 from plaintrain.visualization.colors import PALETTE, get_class_colors
 from plaintrain.visualization.drawing import draw_sheet, filter_instances, scale_longer_side, shorten
@@ -153,3 +154,25 @@ def test_images_are_written_by_their_ending_and_texts_cut_to_their_room(tmp_path
     assert shorten("a rather long name", 12, 1000)[0] == "a rather long name"
     text, _, length = shorten("a rather long name", 12, 60)
     assert text.startswith("a r") and text.endswith("...") and length <= 60
+
+
+def test_detectron2s_visualizer_draws_at_its_scale(tmp_path):
+    metadata = {"thing_classes": NAMES}
+    predictions = instances([[20, 30, 60, 70]], [1], scores=torch.tensor([0.9]))
+    record = {"height": 120, "width": 160, "file_name": "a.png"}
+    box = {"bbox": [20, 30, 40, 40], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}
+
+    def make():
+        return Visualizer(GREY.permute(1, 2, 0).numpy(), metadata, scale=2)
+
+    drawn = [
+        make().draw_instance_predictions(predictions).get_image(),
+        make().draw_dataset_dict({**record, "annotations": [box]}).get_output().get_image(),
+        make().overlay_instances(boxes=np.array([[20, 30, 60, 70]]), masks=None).get_image(),
+    ]
+    for image, color in zip(drawn, [PALETTE[1], PALETTE[1], PALETTE[0]], strict=True):
+        assert image.shape == (240, 320, 3)
+        pixels = is_color(torch.from_numpy(image).permute(2, 0, 1), color)
+        assert extent(pixels)[2:] == [120, 140] and pixels[100, 40]
+    make().draw_instance_predictions(predictions).save(str(tmp_path / "a.png"))
+    assert Image.open(tmp_path / "a.png").size == (320, 240)
