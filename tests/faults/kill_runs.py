@@ -28,8 +28,8 @@ GROUPED = ["DATALOADER.GROUP_WINDOW", 2, "DATASETS.TRAIN", "['few_train', 'wide_
 WORKER = ["DATALOADER.WORKER_TYPE", "process", "DATALOADER.NUM_WORKERS", 1, "TEST.VAL_LOSS_PERIOD", 6]
 THREADS = ["DATALOADER.NUM_WORKERS", 4]
 KEPT = ["SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 2]
-# Both scripts evaluate at the end of each second epoch of 5 iterations.
-EITHER = ["SOLVER.MAX_EPOCHS", 5, "TEST.EVAL_PERIOD", 10]
+# Both scripts evaluate at the end of each second epoch of 6 iterations.
+EITHER = ["SOLVER.MAX_EPOCHS", 5, "TEST.EVAL_PERIOD", 12]
 
 # {mix: (script, processes, options)}; of several, each start takes one.
 MIXES = {
