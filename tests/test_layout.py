@@ -138,7 +138,7 @@ data.detection_utils: annotations_to_target, build_augmentation, read_image, tra
 data.datasets: register_coco_instances, register_lvis_instances
 data.datasets.lvis: load_lvis_json, register_lvis_instances
 data.transforms: Augmentation, AugmentationList, AugInput, CropTransform, HFlipTransform, NoOpTransform
-data.transforms: RandomApply, RandomCrop, RandomFlip, VFlipTransform, apply_transform_gens
+data.transforms: RandomCrop, RandomFlip, VFlipTransform
 data.transforms: Resize, ResizeShortestEdge, Transform, TransformList
 engine: default_argument_parser, default_setup, default_writers, launch
 evaluation: COCOEvaluator, PascalVOCDetectionEvaluator, inference_on_dataset, print_csv_format

@@ -1,4 +1,5 @@
 """Datasets, augmentation and loaders."""
+# ruff: noqa: F401
 
 from plaintrain.data.build import (
     build_detection_test_loader,
@@ -10,9 +11,3 @@ from plaintrain.data.dataset_mapper import DatasetMapper
 from plaintrain.data.datasets.builtin import declare_datasets
 from plaintrain.data.datasets.coco import register_coco_instances
 from plaintrain.data.records import get_detection_dataset_dicts
-
-__all__ = [
-    "DatasetCatalog", "DatasetMapper", "MetadataCatalog", "build_detection_test_loader",
-    "build_detection_train_loader", "build_detection_val_loader", "declare_datasets",
-    "get_detection_dataset_dicts", "register_coco_instances",
-]  # fmt: skip

@@ -83,6 +83,18 @@ DatasetCatalog = _DatasetCatalog()
 MetadataCatalog = _MetadataCatalog()
 
 
+def register_dataset(name: str, read: Callable[[], tuple], **metadata: Any) -> None:
+    """Register a dataset with its metadata; `read` returns the records and further metadata."""
+
+    def load():
+        records, loaded_metadata = read()
+        MetadataCatalog.get(name).set(**loaded_metadata)
+        return records
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(**metadata)
+
+
 def load_class_names(name: str) -> list[str]:
     """Return the class names of a dataset, loading the dataset if its metadata does not have them yet."""
     metadata = MetadataCatalog.get(name)

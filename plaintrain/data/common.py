@@ -7,9 +7,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from plaintrain.data.serialized import SerializedRecords as DatasetFromList
-
-__all__ = ["DatasetFromList", "ToIterableDataset"]
+from plaintrain.data.serialized import SerializedRecords as DatasetFromList  # noqa: F401
 
 
 @dataclass(eq=False)

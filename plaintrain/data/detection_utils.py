@@ -8,23 +8,12 @@ import torch
 from pycocotools import mask as coco_mask
 
 from plaintrain.data import images
-from plaintrain.data.keypoints import create_keypoint_hflip_indices
+from plaintrain.data.keypoints import create_keypoint_hflip_indices  # noqa: F401
 from plaintrain.data.transforms.augmentation import TransformList
-from plaintrain.data.transforms.build import build_augmentation
+from plaintrain.data.transforms.build import build_augmentation  # noqa: F401
 from plaintrain.data.transforms.tensors import has_extent, select_instances
 from plaintrain.structures import BoxMode, encode_segmentation
 from plaintrain.utils.errors import UserError
-
-__all__ = [
-    "annotations_to_instances",
-    "annotations_to_target",
-    "build_augmentation",
-    "check_image_size",
-    "create_keypoint_hflip_indices",
-    "filter_empty_instances",
-    "read_image",
-    "transform_instance_annotations",
-]
 
 
 def _read_image(file_name: str, format: str | None = None) -> np.ndarray:  # noqa: A002 - Detectron2's

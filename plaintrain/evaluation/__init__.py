@@ -1,4 +1,5 @@
 """Evaluators and the loop that feeds them."""
+# ruff: noqa: F401
 
 from plaintrain.evaluation.build import build_evaluator
 from plaintrain.evaluation.coco import COCOEvaluator
@@ -18,10 +19,3 @@ from plaintrain.evaluation.lvis_evaluation import LVISEvaluator
 from plaintrain.evaluation.predictions import read_detections, report_results
 from plaintrain.evaluation.val_loss import compute_validation_losses
 from plaintrain.evaluation.voc import PascalVOCDetectionEvaluator
-
-__all__ = [
-    "COCOEvaluator", "COCOPanopticEvaluator", "CityscapesInstanceEvaluator", "CityscapesSemSegEvaluator",
-    "DatasetEvaluator", "DatasetEvaluators", "LVISEvaluator", "PascalVOCDetectionEvaluator",
-    "SemSegEvaluator", "build_evaluator", "compute_validation_losses", "flatten_results",
-    "inference_on_dataset", "print_csv_format", "read_detections", "report_results", "verify_results",
-]  # fmt: skip

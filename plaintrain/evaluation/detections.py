@@ -14,7 +14,7 @@ from plaintrain.data.catalog import DatasetCatalog, load_class_names
 from plaintrain.data.serialized import SerializedRecords
 from plaintrain.data.validation import check_annotation
 from plaintrain.evaluation.evaluator import DatasetEvaluator
-from plaintrain.structures import BoxMasks, encode_masks
+from plaintrain.structures import BoxMasks, BoxMode, encode_masks
 from plaintrain.utils import comm
 from plaintrain.utils.errors import UserError
 
@@ -69,7 +69,9 @@ def compute_overlaps(
     and of the detections, for mask IoU. Returns indices of the detections (ascending), of the objects, and
     IoUs, `[P]` each. The IoU with a crowd is the fraction of the detection inside it, as in COCO.
     """
-    object_shapes, shapes = masks or (_to_xywh(table["boxes"]) for table in (objects, detections))
+    object_shapes, shapes = masks or (
+        BoxMode.convert(table["boxes"], BoxMode.XYXY_ABS, BoxMode.XYWH_ABS) for table in (objects, detections)
+    )
     pairs = [(np.zeros(0, dtype=np.int64),) * 2 + (np.zeros(0),)]
     for image in np.unique(detections["image"]):
         spans = [np.searchsorted(table["image"], [image, image + 1]) for table in (detections, objects)]
@@ -80,10 +82,6 @@ def compute_overlaps(
             detection, target = np.nonzero(iou)
             pairs.append((detection + d0, target + o0, iou[detection, target]))
     return tuple(np.concatenate(column) for column in zip(*pairs, strict=True))
-
-
-def _to_xywh(boxes: np.ndarray) -> np.ndarray:
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
 class InstanceEvaluator(DatasetEvaluator, abc.ABC):

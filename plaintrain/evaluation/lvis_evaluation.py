@@ -78,12 +78,13 @@ class LVISEvaluator(COCOEvaluator):
         # As the lvis package, without empty detections.
         has_area = (table[:, 3:5] - table[:, 1:3]).prod(axis=1) > 0
         if task == "segm":
-            has_area = np.array([_has_pixels(counts) for counts in detections.masks or ()], dtype=bool)
+            # The area depends on the runs only.
+            rles = [{"size": [1, 1], "counts": counts} for counts in detections.masks or ()]
+            has_area = coco_mask.area(rles) > 0
         keep = np.flatnonzero(np.array(judged, dtype=bool) & (rank < self.max_detections) & has_area)
         masks = [detections.masks[i] for i in keep] if detections.masks is not None else None
-        return super().compute_curves(
-            task, replace(detections, table=table[keep], masks=masks, keypoints=None)
-        )
+        detections = replace(detections, table=table[keep], masks=masks, keypoints=None)
+        return super().compute_curves(task, detections)
 
     def _score_task(self, task: str, detections: Detections) -> dict[str, float]:
         precision, recall = self.compute_curves(task, detections)
@@ -93,8 +94,3 @@ class LVISEvaluator(COCOEvaluator):
                 precision[:, :, self._frequencies == frequency, 0, -1]
             )
         return metrics
-
-
-def _has_pixels(counts):
-    # The area depends on the runs only.
-    return coco_mask.area({"size": [1, 1], "counts": counts}) > 0

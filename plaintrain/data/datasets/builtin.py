@@ -11,7 +11,7 @@ import numpy as np
 from plaintrain.config import CfgNode
 from plaintrain.config.rules import ANY_NUMBER, FRACTION, STRING, Rule, allow, list_of, tuple_of
 from plaintrain.data.cache import load_cached_records
-from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
+from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, register_dataset
 from plaintrain.data.datasets import coco, concat, folder, shapes, voc, yolo
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import describe_dataset_root, get_dataset_root
@@ -94,16 +94,10 @@ def declare_dataset(name: str, spec: dict[str, Any]) -> None:
             return
         raise UserError(f"the dataset {name} already exists; declare yours under another name")
 
-    def load():
-        records, loaded_metadata = _read(spec)
-        MetadataCatalog.get(name).set(**loaded_metadata)
-        return records
-
-    DatasetCatalog.register(name, load)
     evaluator = "pascal_voc" if spec["FORMAT"] == "voc" else "coco"
-    metadata.set(declaration=spec, evaluator_type=spec.get("EVALUATOR", evaluator))
-    if "YEAR" in spec:
-        metadata.set(year=spec["YEAR"])
+    year = {"year": spec["YEAR"]} if "YEAR" in spec else {}
+    known = {"declaration": spec, "evaluator_type": spec.get("EVALUATOR", evaluator), **year}
+    register_dataset(name, functools.partial(_read, spec), **known)
 
 
 def _read(spec, problems=None):

@@ -8,13 +8,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from plaintrain.data.cache import load_cached_records
-from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, select_classes
+from plaintrain.data.catalog import MetadataCatalog, register_dataset, select_classes
 from plaintrain.data.datasets.write import convert_to_coco_dict  # noqa: F401 - Detectron2 has it here
 from plaintrain.data.image_files import find_name, is_too_large
 from plaintrain.data.keypoints import get_keypoint_metadata, shift_keypoints
@@ -237,7 +238,6 @@ def _sort_categories(content, json_file, classes):
 def _create_records(images, json_file, image_root, problems):
     records = {}
     # Annotations cannot be assigned to images that share an id but differ otherwise.
-    # Annotations cannot be assigned to images that share an id but differ otherwise.
     distinct = {tuple(repr(image.get(k)) for k in ("id", "file_name", "height", "width")) for image in images}
     entries = Counter(image_id for image_id, *_ in distinct)
     for image in images:
@@ -287,13 +287,7 @@ def _convert_annotation(annotation, labels):
 
 def register_coco_instances(name: str, metadata: dict[str, Any], json_file: str, image_root: str) -> None:
     """Register a COCO dataset, as in Detectron2; `thing_classes` in `metadata` selects and orders classes."""
-    metadata = {"evaluator_type": "coco", **metadata}
-
-    def load():
-        classes = metadata.get("thing_classes")
-        records, loaded_metadata = load_cached_records(read_coco_json, json_file, image_root, classes)
-        MetadataCatalog.get(name).set(**loaded_metadata)
-        return records
-
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, **metadata)
+    arguments = {"json_file": json_file, "image_root": image_root}
+    classes = metadata.get("thing_classes")
+    read = partial(load_cached_records, read_coco_json, classes=classes, **arguments)
+    register_dataset(name, read, **{"evaluator_type": "coco", **arguments, **metadata})

@@ -1,8 +1,9 @@
 """Reader of LVIS JSON: COCO JSON with the categories that were verified in each image."""
 
+from functools import partial
 from typing import Any
 
-from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog
+from plaintrain.data.catalog import register_dataset
 from plaintrain.data.datasets import coco
 
 _KEYS = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -29,12 +30,5 @@ def load_lvis_json(json_file: str, image_root: str) -> coco.LoadedDataset:
 
 def register_lvis_instances(name: str, metadata: dict[str, Any], json_file: str, image_root: str) -> None:
     """Register an LVIS dataset, as in Detectron2."""
-
-    def load():
-        records, loaded_metadata = load_lvis_json(json_file, image_root)
-        MetadataCatalog.get(name).set(**loaded_metadata)
-        return records
-
-    DatasetCatalog.register(name, load)
     paths = {"json_file": json_file, "image_root": image_root}
-    MetadataCatalog.get(name).set(evaluator_type="lvis", **paths, **metadata)
+    register_dataset(name, partial(load_lvis_json, **paths), evaluator_type="lvis", **paths, **metadata)

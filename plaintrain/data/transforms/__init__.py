@@ -4,6 +4,3 @@ from plaintrain.data.transforms.augmentation import *  # noqa: F403
 from plaintrain.data.transforms.crops import RandomCrop  # noqa: F401
 from plaintrain.data.transforms.geometric import Resize  # noqa: F401
 from plaintrain.data.transforms.geometric import _ResizeShortestEdge as ResizeShortestEdge  # noqa: F401
-
-TransformGen = Augmentation  # noqa: F405
-apply_transform_gens = apply_augmentations  # noqa: F405

@@ -129,19 +129,16 @@ class TransformList(Transform):
 
 
 class AugInput:
-    """An image, boxes and a semantic segmentation, which augmentations transform in place."""
+    """An image and its boxes, which augmentations transform in place."""
 
-    def __init__(self, image: np.ndarray, *, boxes: Any = None, sem_seg: np.ndarray | None = None) -> None:
+    def __init__(self, image: np.ndarray, *, boxes: Any = None) -> None:
         self.image = image
         self.boxes = boxes
-        self.sem_seg = sem_seg
 
     def transform(self, tfm: Transform) -> None:
         self.image = tfm.apply_image(self.image)
         if self.boxes is not None:
             self.boxes = tfm.apply_box(self.boxes)
-        if self.sem_seg is not None:
-            self.sem_seg = tfm.apply_segmentation(self.sem_seg)
 
     def apply_augmentations(self, augmentations: Iterable[Any]) -> TransformList:
         return AugmentationList(augmentations)(self)
@@ -191,19 +188,6 @@ def augment_tensors(augmentation: Any, tensors: ops.Tensors, rng: np.random.Gene
     aug_input = AugInput(ops.unwrap_image(tensors).numpy().transpose(1, 2, 0), boxes=boxes)
     with seeded_globals(int(rng.integers(2**63)), 0):
         return AugmentationList([augmentation])(aug_input).apply_tensors(tensors)
-
-
-class RandomApply(Augmentation):
-    """An augmentation or a transform that is applied with probability `prob`."""
-
-    def __init__(self, tfm_or_aug: Any, prob: float = 0.5) -> None:
-        self.aug = tfm_or_aug
-        self.prob = prob
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        if self._rand_range() >= self.prob:
-            return NoOpTransform()
-        return self.aug if isinstance(self.aug, Transform) else self.aug.get_transform(image)
 
 
 class RandomFlip(Augmentation):
