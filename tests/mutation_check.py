@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure what the tests catch: apply each defect of mutation_list.py to a copy, and run the tests there.
+"""Measure what the tests catch: apply each defect of mutations.txt to a copy, and run the tests there.
 
 python tests/mutation_check.py run                                  # with the tests of its module and package
 python tests/mutation_check.py run --only plaintrain/solver/ema --fast

@@ -6,9 +6,8 @@ import logging.handlers
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
-from typing import IO, Any
+from collections.abc import Iterable, Iterator
+from typing import IO
 
 from tqdm import tqdm
 
@@ -16,9 +15,8 @@ from plaintrain.utils import comm
 from plaintrain.utils.files import check_file, writing
 from plaintrain.utils.text import escape_controls
 
-# Line of code, message or both: number of calls, time of the last message.
-_num_calls: Counter[Hashable] = Counter()
-_logged_at: dict[Hashable, float] = {}
+# {(file, line): time of its last message}
+_logged_at: dict[tuple[str, int], float] = {}
 _FORMAT = "[%(asctime)s %(name)s] %(levelname)s: %(message)s"
 
 
@@ -104,37 +102,15 @@ def setup_logger(
     return logger
 
 
-def _find_caller() -> tuple[str, tuple[str, int]]:
-    """Return the module, and the file and line, that call a function of this module."""
-    frame = sys._getframe(2)
-    module = frame.f_globals["__name__"]
-    return "plaintrain" if module == "__main__" else module, (frame.f_code.co_filename, frame.f_lineno)
-
-
-def log_first_n(lvl: int, msg: str, n: int = 1, *, name: str | None = None, key: Any = "caller") -> None:
-    """Log the first n messages of a line of code; `key` may be "message" or ("caller", "message") instead."""
-    module, line = _find_caller()
-    call = ("caller" in key and line, "message" in key and msg)
-    _num_calls[call] += 1
-    if _num_calls[call] <= n:
-        logging.getLogger(name or module).log(lvl, msg)
-
-
-def log_every_n(lvl: int, msg: str, n: int = 1, *, name: str | None = None) -> None:
-    """Log every n-th message of a line of code, beginning with the first."""
-    module, line = _find_caller()
-    if _num_calls[line] % n == 0:
-        logging.getLogger(name or module).log(lvl, msg)
-    _num_calls[line] += 1
-
-
 def log_every_n_seconds(lvl: int, msg: str, n: float = 1, *, name: str | None = None) -> None:
     """Log a message of a line of code at most once in n seconds."""
-    module, line = _find_caller()
+    frame = sys._getframe(1)
+    module = frame.f_globals["__name__"]
+    line = frame.f_code.co_filename, frame.f_lineno
     now = time.monotonic()
     if line not in _logged_at or now - _logged_at[line] >= n:
         _logged_at[line] = now
-        logging.getLogger(name or module).log(lvl, msg)
+        logging.getLogger(name or ("plaintrain" if module == "__main__" else module)).log(lvl, msg)
 
 
 @contextlib.contextmanager

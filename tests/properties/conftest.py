@@ -1,4 +1,4 @@
-"""Settings of hypothesis. tests/mutation_list.py has the defects that each file of properties must catch."""
+"""Settings of hypothesis. tests/mutations.txt has the defects that each file of properties must catch."""
 
 from hypothesis import HealthCheck, settings
 

@@ -1,4 +1,4 @@
-"""Each planted defect of tests/mutation_list.py is caught by the properties of its test file."""
+"""Each planted defect of tests/mutations.txt is caught by the properties of its test file."""
 
 import subprocess
 import sys
