@@ -152,7 +152,7 @@ utils.comm: get_rank, get_world_size, is_main_process, reduce_dict, synchronize
 utils.collect_env: collect_env_info
 utils.events: CommonMetricPrinter, EventStorage, JSONWriter, TensorboardXWriter, get_event_storage
 utils.visualizer: Visualizer
-utils.logger: log_every_n, log_every_n_seconds, log_first_n, setup_logger
+utils.logger: log_every_n_seconds, setup_logger
 """
 
 
