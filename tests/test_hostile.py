@@ -18,10 +18,9 @@ from plaintrain.config import get_cfg
 from plaintrain.config.yaml import parse_yaml
 from plaintrain.data.datasets.builtin import declare_dataset
 from plaintrain.data.datasets.coco import load_coco_results, read_coco_json
-from plaintrain.data.datasets.folder import load_images
 from plaintrain.data.datasets.voc import load_voc
 from plaintrain.data.datasets.yolo import load_yolo
-from plaintrain.data.image_files import read_image_header
+from plaintrain.data.image_files import load_images, read_image_header
 from plaintrain.data.images import read_image
 from plaintrain.data.records import get_detection_dataset_dicts
 from plaintrain.evaluation.predictions import read_detections

@@ -4,8 +4,8 @@ import pytest
 from hostile_helpers import rejected
 from PIL import Image
 
-from plaintrain.data.datasets.folder import load_images
 from plaintrain.data.datasets.yolo import get_label_file, load_yolo
+from plaintrain.data.image_files import load_images
 from plaintrain.structures import BoxMode
 
 

@@ -54,14 +54,12 @@ def analyze(  # noqa: PLR0913 - all but the first two have defaults
     if detections is None:
         detections = read_detections(predictions_path, dataset_name)
     tasks = evaluator.select_tasks(detections)
-    errors = {
-        t: find_errors(dataset_name, detections, iou_threshold, task=t) for t in tasks if t != "keypoints"
-    }
+    scored = [task for task in tasks if task != "keypoints"]
+    errors = {task: find_errors(dataset_name, detections, iou_threshold, task=task) for task in scored}
     boxes = errors["bbox"]
     thresholds = breakdown.compute_best_thresholds(boxes)
-    threshold = score_threshold
-    if threshold is None:
-        threshold = thresholds["overall"]["threshold"] or 0.0
+    best = thresholds["overall"]["threshold"] or 0.0
+    threshold = best if score_threshold is None else score_threshold
     filtered = {task: task_errors.filter_by_score(threshold) for task, task_errors in errors.items()}
     crowds = int(boxes.objects["crowd"].sum())
     content = {

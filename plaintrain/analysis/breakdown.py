@@ -186,9 +186,7 @@ def select_best_and_worst(errors: Errors, max_images: int = 12) -> dict[str, lis
         counts of detections by type (`wrong`: all errors) and of objects by state
     """
     types, states = count_by(errors, "image", len(errors.image_ids))
-    num_wrong = np.sum(
-        [counts for name, counts in types.items() if name not in ("correct", "ignored")], axis=0
-    )
+    num_wrong = np.sum([types[name] for name in types if name not in ("correct", "ignored")], axis=0)
     num_objects = np.sum([states[state] for state in REAL_STATES], axis=0)
     total = states["detected"] + num_objects + num_wrong
     f1 = np.where(total > 0, 2 * states["detected"] / np.maximum(total, 1), 1.0)

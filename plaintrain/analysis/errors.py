@@ -139,9 +139,8 @@ def match_detections(
     highest IoU. `overlaps` is the result of `compute_overlaps`.
     """
     if not BACKGROUND_IOU <= iou_threshold <= 1:
-        raise UserError(
-            f"the IoU of a correct detection must be {BACKGROUND_IOU:g} to 1, got {iou_threshold:g}"
-        )
+        limits = f"{BACKGROUND_IOU:g} to 1, got {iou_threshold:g}"
+        raise UserError(f"the IoU of a correct detection must be {limits}")
     num = len(detections["image"])
     iou_threshold = min(iou_threshold, 1 - 1e-10)
     # Of two objects with the same IoU, COCO matches the later one.
@@ -151,9 +150,8 @@ def match_detections(
     real = ~objects["crowd"][target]
     same = detections["labels"][detection] == objects["labels"][target]
     candidates = np.flatnonzero(real & same & (iou >= iou_threshold) & ~excess[detection])
-    matched = _get_first_pairs(
-        num, pairs, candidates[match_greedily(detection[candidates], target[candidates])]
-    )
+    chosen = candidates[match_greedily(detection[candidates], target[candidates])]
+    matched = _get_first_pairs(num, pairs, chosen)
     own = _get_first_pairs(num, pairs, real & same)
     other = _get_first_pairs(num, pairs, real & ~same)
     nearest = _get_first_pairs(num, pairs, real)

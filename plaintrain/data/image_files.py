@@ -4,7 +4,8 @@ import contextlib
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -103,3 +104,12 @@ def build_image_record(
         height, width, _ = read_image_header(file_name)
         return make_record(file_name, image_id, height, width)
     return None
+
+
+def load_images(
+    root: str, classes: Sequence[str] | None = None, problems: list[UserError] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """List the images in a folder, recursively; image ids are the paths relative to it."""
+    paths = list_images(root)
+    records = [build_image_record(path, Path(path).relative_to(root).as_posix(), problems) for path in paths]
+    return list(filter(None, records)), {"thing_classes": list(classes)} if classes else {}

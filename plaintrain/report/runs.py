@@ -231,8 +231,8 @@ def build_warnings(runs: list[Run]) -> list[tuple[Run, list]]:
 
 
 def _format_warning(w):
-    files = ", ".join(w["files"])
-    return [w["level"], truncate_text(w["text"], 500), w["count"], w["first"], w["last"], files]
+    text = truncate_text(w["text"], 500)
+    return [w["level"], text, w["count"], w["first"], w["last"], ", ".join(w["files"])]
 
 
 def _draw_histograms(statistics_of):

@@ -12,7 +12,8 @@ from plaintrain.config import CfgNode
 from plaintrain.config.rules import ANY_NUMBER, FRACTION, STRING, Rule, allow, list_of, tuple_of
 from plaintrain.data.cache import load_cached_records
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, register_dataset
-from plaintrain.data.datasets import coco, concat, folder, shapes, voc, yolo
+from plaintrain.data.datasets import coco, concat, shapes, voc, yolo
+from plaintrain.data.image_files import load_images
 from plaintrain.utils.errors import UserError
 from plaintrain.utils.files import describe_dataset_root, get_dataset_root
 from plaintrain.utils.text import is_file_name
@@ -37,7 +38,7 @@ _READERS: dict[str, Callable[..., coco.LoadedDataset]] = {
     "voc": voc.load_voc,
     "yolo": yolo.load_yolo,
     "shapes": shapes.load_shapes,
-    "images": folder.load_images,
+    "images": load_images,
     "concat": _load_concat,
 }
 _PATHS = ("JSON", "IMAGE_ROOT", "RESULTS", "ROOT", "DATA")
