@@ -137,7 +137,12 @@ def iterate_record_contradictions(records: Iterable[dict[str, Any]], num_classes
         {**r, "annotations": [a for a in r["annotations"] if not find_annotation_problem(a, num_classes)]}
         for r in records
     ]
-    return iterate_contradictions(valid, build_annotation_table(valid))
+    try:
+        table = build_annotation_table(valid)
+    except RecursionError:
+        # A segmentation that is nested too deeply has been reported as malformed.
+        return iter(())
+    return iterate_contradictions(valid, table)
 
 
 def check_images(

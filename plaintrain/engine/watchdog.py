@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from plaintrain.utils import heartbeat
-from plaintrain.utils.stop import end_at_once
+from plaintrain.utils.stop import end_at_once, is_requested
 
 # The key of the job's first failure.
 _FAILED = "plaintrain/failed"
@@ -180,6 +180,11 @@ class FailureWatch:
             with contextlib.suppress(RuntimeError):
                 if not failure and self._store.check([_FAILED]):
                     failure = json.loads(self._store.get(_FAILED))
+        if failure is _STORE_LOST:
+            # The death of the launcher, which holds the store, also sends a signal to stop with a checkpoint.
+            time.sleep(_CLOCK_SECONDS)
+            if is_requested():
+                return
         # At the end of the job, rank 0 may be faster.
         if self._stopped.is_set() or (failure is _STORE_LOST and self._end_position):
             return

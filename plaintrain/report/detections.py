@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from torchvision.transforms.v2.functional import to_pil_image
 
 from plaintrain.analysis.breakdown import GROUPS
@@ -226,7 +227,7 @@ def _draw_entry(entry, dataset, errors, run):
         for drawn in draw_matches(errors, entry["index"], image, side=side, skeleton=skeleton):
             jpeg = io.BytesIO()
             to_pil_image(drawn).save(jpeg, format="JPEG", quality=80)
-            images.append(base64.b64encode(jpeg.getvalue()).decode())
+            images.append(Markup(base64.b64encode(jpeg.getvalue()).decode()))
     except UserError as e:
         problem = str(e)
     return {**entry, "name": name, "images": images, "problem": problem}
