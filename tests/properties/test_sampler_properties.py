@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plaintrain.data.samplers import (
@@ -73,6 +73,7 @@ def counts_of(case, images):
 PASSES = st.lists(st.integers(0, 10**6), max_size=2).map(lambda more: [0, 1, 2, *more])
 
 
+@settings(max_examples=200)
 @given(cases(), PASSES)
 def test_a_pass_holds_each_image_as_often_as_it_should(case, numbers):
     """Once each, or each factor rounded, in passes of one length; a subset is always the same."""
