@@ -138,11 +138,10 @@ def iterate_record_contradictions(records: Iterable[dict[str, Any]], num_classes
         for r in records
     ]
     try:
-        table = build_annotation_table(valid)
+        return iterate_contradictions(valid, build_annotation_table(valid))
     except RecursionError:
         # A segmentation that is nested too deeply has been reported as malformed.
         return iter(())
-    return iterate_contradictions(valid, table)
 
 
 def check_images(
