@@ -1,13 +1,16 @@
 """Checks before a run starts: plaintrain.engine.preflight."""
 
+import sys
+
 import pytest
 import torch
 
 from plaintrain.config import get_cfg
 from plaintrain.data.catalog import DatasetCatalog, MetadataCatalog, load_class_names
 from plaintrain.data.datasets.builtin import declare_dataset
-from plaintrain.engine.preflight import check_before_training, resolve_num_classes
+from plaintrain.engine.preflight import check_before_training, check_same_data, resolve_num_classes
 from plaintrain.structures import BoxMode
+from plaintrain.utils import comm, user_code
 from plaintrain.utils.errors import UserError
 
 
@@ -193,3 +196,35 @@ def test_settings_that_contradict_each_other_are_rejected_before_training_only(c
 )
 def test_settings_that_agree_are_accepted(cfg, overrides):
     check(cfg, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"), [([3, "a", "b"], "images of .*2 on rank 0, 3 on rank 1"), (None, "annotations of")]
+)
+def test_data_that_differs_between_ranks_is_rejected(cfg, monkeypatch, other, words):
+    check_same_data(cfg, eval_only=False)
+
+    def all_gather(hashes):
+        return [hashes, [other or [*h[:2], "other"] for h in hashes]]
+
+    monkeypatch.setattr(comm, "all_gather", all_gather)
+    with pytest.raises(UserError, match=words):
+        check_same_data(cfg, eval_only=False)
+
+
+def test_more_detections_than_coco_counts_are_warned_about(cfg, caplog, monkeypatch):
+    monkeypatch.setattr("plaintrain.engine.preflight.logger.propagate", True)
+    check(cfg, "TEST.DETECTIONS_PER_IMAGE", 100)
+    assert "COCO metrics" not in caplog.text
+    check(cfg, "TEST.DETECTIONS_PER_IMAGE", 300)
+    assert "COCO metrics of few_shapes count only 100 detections" in caplog.text
+
+
+def test_user_code_is_imported_once(tmp_path, monkeypatch):
+    path = tmp_path / "only_once_imported.py"
+    path.write_text("")
+    monkeypatch.setattr(user_code, "IMPORTED", [])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    user_code.import_user_code([str(path), str(path)])
+    # A forked loader worker repeats this list, which is its own.
+    assert [str(path)] == user_code.IMPORTED

@@ -19,6 +19,8 @@ def import_user_code(names: Iterable[str]) -> None:
     """Import .py files and modules, once per process; their folder, or the current one, joins `sys.path`."""
     for name in names:
         path = os.path.abspath(os.path.expanduser(name)) if name.endswith(".py") else ""
+        if (path or name) in IMPORTED:
+            continue
         if path and not os.path.isfile(path):
             raise UserError(f"cannot import {name}: there is no such file")
         module_name = os.path.basename(path).removesuffix(".py") or name
