@@ -29,8 +29,8 @@ OUTCOMES = {
     "localization": ((255, 140, 0), "correct class, IoU too low"),
     "both": ((140, 90, 50), "wrong class, IoU too low"),
     "duplicate": ((0, 130, 255), "object already detected with a higher score"),
-    "background": ((240, 70, 190), "overlaps no object, or hardly"),
-    "missed": ((225, 25, 40), "object not even misclassified or mislocated"),
+    "background": ((240, 70, 190), "IoU below 0.1 with every object"),
+    "missed": ((225, 25, 40), "object without a detection of its class or at its location"),
     "ignored": ((130, 130, 130), "crowd, not counted"),
 }
 DETECTION_TYPES = [name for name in OUTCOMES if name != "missed"]
@@ -48,7 +48,7 @@ def describe_matching(iou_threshold: float, score_threshold: float, task: str = 
     return (
         f"scores >= {score_threshold:.3f}; correct: IoU >= {iou_threshold:g} of "
         f"{'masks' if task == 'segm' else 'boxes'}; background: IoU < {BACKGROUND_IOU:g} with every object; "
-        "missed: no correct, classification or localization detection"
+        "missed: no detection is correct or has only a wrong class or location"
     )
 
 

@@ -62,8 +62,7 @@ class BatchedRoIHeads(RoIHeads):
 
     def _predict_boxes(self, features, boxes, valid=None):
         regions = self.box_roi_pool(features, boxes)
-        is_averaged = any(isinstance(module, _BatchNorm) for module in self.box_head.modules())
-        if valid is None or not is_averaged:
+        if valid is None or not any(isinstance(module, _BatchNorm) for module in self.box_head.modules()):
             return self.box_predictor(self.box_head(regions))
         # Padding must not enter the statistics of batch norm.
         idxs = valid.flatten().nonzero()[:, 0]  # device sync
