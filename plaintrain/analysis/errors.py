@@ -29,7 +29,7 @@ OUTCOMES = {
     "localization": ((255, 140, 0), "correct class, IoU too low"),
     "both": ((140, 90, 50), "wrong class, IoU too low"),
     "duplicate": ((0, 130, 255), "object already detected with a higher score"),
-    "background": ((240, 70, 190), "IoU below 0.1 with every object"),
+    "background": ((240, 70, 190), "overlaps no object, or only slightly"),
     "missed": ((225, 25, 40), "object without a detection of its class or at its location"),
     "ignored": ((130, 130, 130), "crowd, not counted"),
 }
